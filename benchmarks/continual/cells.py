@@ -209,7 +209,7 @@ class Driver(Protocol):
         """Train until all budgets are spent, evaluated on `split`."""
 
 
-BUDGET_OF = dict.fromkeys(("rare", "hard", "lengths"), "longtail")
+BUDGET_OF = dict.fromkeys(("rare", "hard", "lengths", "large"), "longtail")
 """The pools of `continual.pools.py` are not in the selection table: runs on them spend as much as on another one."""
 
 

@@ -5,7 +5,8 @@
 
 In `rare` and `hard` three fifths of the prompts have a success rate of a few percent; the others are in reach in
 `rare`, and solved in `hard`. `lengths`: answers of one digit and of nine, equally often and about equally hard, with a
-base model of its own.
+base model of its own. `large` is the package's `longtail` without strings of three digits, of which there are too few
+for a pool of 20,000.
 """
 
 from __future__ import annotations
@@ -27,8 +28,7 @@ from trl_learnalign.toy.tasks import FAMILIES, REGIMES, Family
 
 WORK = Path(__file__).parents[2] / "outputs" / "continual_pools"
 
-RARE, HARD, LENGTHS = "rare", "hard", "lengths"
-
+RARE, HARD, LENGTHS, LARGE = "rare", "hard", "lengths", "large"
 
 SHORT = {
     "largest": Family(max, lambda s: s[0], (0.5,)),
@@ -48,10 +48,18 @@ LONG = {
 
 FEW_PERCENT = {"back": (0.0, 5.0), "tail": (0.0, 4.0), "unique": (0.0, 0.0, 3.0)}
 
+
+def without_shortest(family: str, weight: float) -> tuple[float, ...]:
+    """Weights of the lengths of a family: none for the shortest strings, equal ones for the others."""
+    others = len(FAMILIES[family].competence) - 1
+    return (0.0, *[weight / others] * others)
+
+
 POOLS: dict[str, Mapping[str, float | tuple[float, ...]]] = {
     RARE: {**FEW_PERCENT, "rotate": 3.0, "swap": 3.0, "descend": 2.0},
     HARD: {**FEW_PERCENT, "reverse": 6.0, "ends": 2.0},
     LENGTHS: dict.fromkeys((*SHORT, *LONG), 1.0),
+    LARGE: {name: without_shortest(name, weight) for name, weight in REGIMES["longtail"].items()},
 }
 """Weights as in `trl_learnalign.toy.tasks.REGIMES`."""
 

@@ -1,4 +1,4 @@
-"""Rollouts by need and gain for cost: how units are given out, what a cost divides, and tiny runs of both."""
+"""Rollouts by need, gain for cost and a large pool: how units are given out, what is paid for, and tiny runs."""
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,13 @@ from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.toy.model import TINY
 from trl_learnalign.toy.tasks import FAMILIES, REGIMES
 
-MODULES = "continual.by_need", "continual.gain_for_cost", "continual.pools", "continual.loop"
+MODULES = (
+    "continual.by_need",
+    "continual.gain_for_cost",
+    "continual.large_pool",
+    "continual.pools",
+    "continual.loop",
+)
 SMALL = {"pool": 40, "held_out": 20, "prompts_per_step": 4}
 BUDGETS = {1: 8_000.0, 3: 10_000.0}
 
@@ -107,6 +113,48 @@ def test_runs_for_cost_know_what_they_rolled_out(bench, monkeypatch, tmp_path):
     assert curve.notes["rollouts"] != plain.notes["rollouts"]
     assert sum(curve.notes["rollouts"].values()) == 4 * 8 * curve.points[-1]["step"]
     assert set(curve.notes["rollouts"]) == {*pools.SHORT, *pools.LONG}
+
+
+@pytest.mark.parametrize("way", ["adaptive", "lazy", "posterior"])
+def test_what_a_belief_reads_of_a_large_pool_is_paid_for(bench, way):
+    large, pools = bench["continual.large_pool"], bench["continual.pools"]
+    size = 400
+    driver = large.LargePoolDriver(bench["selection.cells"].Settings(**SMALL), size)
+    # Eight hundredths of a budget that is as many times as large.
+    budgets = {price: budget / large.SHARE for price, budget in BUDGETS.items()}
+    curve = driver(pools.LARGE, 100, large.line(way, 2, 1.0), budgets, "dev")
+    forward = {point["forward"] for point in curve.points}
+    with pools.toy_tasks(pools.LARGE):
+        pool = bench["selection.cells"].tasks(pools.LARGE, size, 100, "train")
+    prompts = bench["continual.loop"].Policy(driver.model, 0.0, 0).tokens_of(pool)
+    whole = sum(map(len, prompts))
+    if way == "posterior":
+        assert (curve.notes["read"], forward) == (0, {0})
+    elif way == "adaptive":
+        assert (curve.notes["read"], forward) == (1, {whole})
+    else:
+        shares = np.array(sorted(forward)) / whole
+        assert curve.notes["seen"] < curve.notes["read"] <= 1
+        assert shares[-1] == pytest.approx(curve.notes["read"], rel=0.02)
+
+
+def test_a_prompt_is_read_before_it_may_be_drawn(bench, monkeypatch):
+    large, pools = bench["continual.large_pool"], bench["continual.pools"]
+    drawn = []
+
+    class Checked(large.ReadingRun):
+        def _roll_out(self, rows, number):
+            drawn.append(self.is_read[rows].all() and self.features[rows].any(axis=1).all())
+            return super()._roll_out(rows, number)
+
+    monkeypatch.setattr(large, "ReadingRun", Checked)
+    monkeypatch.setattr(large, "SAMPLE", 32)
+    driver = large.LargePoolDriver(bench["selection.cells"].Settings(**SMALL), 2_000)
+    budgets = {price: budget / large.SHARE for price, budget in BUDGETS.items()}
+    curve = driver(pools.LARGE, 100, large.line("lazy", 2, 1.0), budgets, "dev")
+    assert len(drawn) > 1
+    assert all(drawn)
+    assert curve.notes["read"] < 1
 
 
 def test_differences_are_paired_by_seed(bench):
