@@ -115,7 +115,7 @@ def test_runs_for_cost_know_what_they_rolled_out(bench, monkeypatch, tmp_path):
     assert set(curve.notes["rollouts"]) == {*pools.SHORT, *pools.LONG}
 
 
-@pytest.mark.parametrize("way", ["adaptive", "lazy", "posterior"])
+@pytest.mark.parametrize("way", ["first", "lazy", "given", "posterior"])
 def test_what_a_belief_reads_of_a_large_pool_is_paid_for(bench, way):
     large, pools = bench["continual.large_pool"], bench["continual.pools"]
     size = 400
@@ -128,9 +128,9 @@ def test_what_a_belief_reads_of_a_large_pool_is_paid_for(bench, way):
         pool = bench["selection.cells"].tasks(pools.LARGE, size, 100, "train")
     prompts = bench["continual.loop"].Policy(driver.model, 0.0, 0).tokens_of(pool)
     whole = sum(map(len, prompts))
-    if way == "posterior":
-        assert (curve.notes["read"], forward) == (0, {0})
-    elif way == "adaptive":
+    if way in ("posterior", "given"):
+        assert (curve.notes["read"], forward) == (way == "given", {0})
+    elif way == "first":
         assert (curve.notes["read"], forward) == (1, {whole})
     else:
         shares = np.array(sorted(forward)) / whole
