@@ -45,7 +45,8 @@ PRUNED = {
         ),
         rollouts=2,
     )
-    for pruning, threshold in (("drop", 0.0), ("drop", 0.6), ("roulette", 0.3), ("roulette", 0.6))
+    for pruning, thresholds in {"drop": (0.0, 0.6, 0.9, 1.2), "roulette": (0.3, 0.6)}.items()
+    for threshold in thresholds
 }
 """The defaults are to drop what is below 0.3."""
 LINES |= PRUNED

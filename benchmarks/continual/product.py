@@ -89,7 +89,9 @@ class CallbackDriver:
         if line.adaptive is not None:
             names = [field.name for field in fields(line.adaptive)]
             options |= {
-                name: getattr(line.adaptive, name) for name in names if name.startswith("adaptive_")
+                name: getattr(line.adaptive, name)
+                for name in names
+                if name.startswith(("adaptive_", "baseline", "generation_price"))
             }
             options |= {"order": "adaptive"}
             options |= {} if line.features else {"adaptive_embeddings": "none"}

@@ -81,6 +81,22 @@ def test_lengths_are_those_of_the_rollouts(tmp_path, changes, is_cut):
         assert (read, written) == lengths_of(row, LIMIT if is_cut else 100)
 
 
+@pytest.mark.parametrize("prompts", [22, 23])
+def test_dynamic_sampling_rolls_out_more_of_the_whole_pool(tmp_path, prompts):
+    """Nothing is ever right, so all batches are rolled out. A pass of 23 prompts leaves one over."""
+    config = settings(order="shuffled", max_generation_batches=4, stage_epochs=1)
+    options = dict(rewards=lambda completions, **_: [0.0] * len(completions), prompts=prompts)
+    _, callback = go(tmp_path, config, **options)
+    table = history(callback)
+    generations = [part["index"].to_numpy() for _, part in table.groupby("step", sort=False)]
+    assert {len(rows) for rows in generations} == {8}
+    more = np.concatenate([rows[2:] for rows in generations])
+    counts = np.bincount(more, minlength=prompts)
+    assert counts.max() <= 6  # three on average
+    assert np.mean(counts > 0) > 0.9
+    assert all(len(set(rows.tolist())) == 8 for rows in generations)
+
+
 def test_cheap_prompts_are_trained_on_more_if_the_gain_is_divided_by_the_cost(tmp_path, caplog):
     """All prompts are equally hard; every other one has completions of six tokens instead of one."""
 

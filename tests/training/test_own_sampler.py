@@ -224,4 +224,30 @@ def test_the_shuffled_sampler_goes_pass_by_pass():
     drawn = [sampler.draw(step, 4) for step in range(6)]
     for number in (0, 1):
         assert sorted(np.concatenate(drawn[3 * number : 3 * number + 3])) == list(range(12))
-    assert not np.isin(sampler.spare(0, drawn[0], 8), drawn[0]).any()
+
+
+@pytest.mark.parametrize("size", [12, 13, 15, 1001])
+def test_spare_prompts_are_from_the_whole_pool_whatever_the_epoch_has_drawn(size):
+    """A pass leaves out what does not fill a generation; it must not be all that dynamic sampling gets."""
+    config = LearnAlignConfig.control(stage_epochs=1)
+    plan: Plan = make_plan(config, size, Geometry(4, 4, 1, 1))
+    (stage,) = plan.stages
+    sampler = ShuffledSampler(plan, stage, np.arange(size), 0)
+    generations = size // 4
+    drawn = sampler.draw(0, 4 * generations).reshape(generations, 4)
+    spare = sampler.spare(0, drawn, 8)
+    assert spare.shape == (generations, 8)
+    counts = np.bincount(spare.ravel(), minlength=size)
+    assert counts.max() <= 3
+    assert np.mean(counts > 0) > 0.7
+    for own, more in zip(drawn, spare, strict=True):
+        assert len(set(more.tolist())) == 8
+        assert not np.isin(more, own).any()
+
+
+def test_of_a_pool_without_other_prompts_spare_ones_repeat():
+    config = LearnAlignConfig.control(stage_epochs=1)
+    plan: Plan = make_plan(config, 4, Geometry(4, 4, 1, 1))
+    sampler = ShuffledSampler(plan, plan.stages[0], np.arange(4), 0)
+    (spare,) = sampler.spare(0, np.arange(4)[np.newaxis], 8)
+    assert np.bincount(spare).tolist() == [2, 2, 2, 2]

@@ -156,7 +156,8 @@ class EpochOrder:
         sampler = ShuffledSampler(self.run.plan, phase, pool, self.config.selection_seed)
         prompts = sampler.draw(step, count)
         batches = self.config.max_generation_batches + math.ceil(self.config.oversample)
-        return prompts, sampler.spare(step, prompts, batches * count)
+        by_generation = prompts.reshape(generations, -1)
+        return prompts, sampler.spare(step, by_generation, batches * by_generation.shape[1])
 
     def _drawn_on_main(self, generations: int, phase: Phase, step: int) -> Drawn:
         """Draw the prompts of a unit with a sampler that learns; collective over all ranks.

@@ -99,10 +99,30 @@ class ShuffledSampler:
         return plan.training_order(self.seed, self.phase.name, self.pool, start, count)
 
     def spare(self, step: int, drawn: np.ndarray, count: int) -> np.ndarray:
-        """Return prompts for dynamic sampling, in a separate order that leaves the passes unchanged; `(count,)`."""
-        others = np.setdiff1d(self.pool, drawn)
+        """Return prompts for dynamic sampling, in a separate order that leaves the passes unchanged.
+
+        The order goes through the whole pool, from one generation to the next. A generation does not get the prompts
+        that it has drawn itself, unless the pool has no others.
+
+        Args:
+            step (`int`): The first step of the generations.
+            drawn (`np.ndarray`): What they have drawn, `(generations, P)`.
+            count (`int`): Number of prompts for each of them.
+
+        Returns:
+            `np.ndarray`: `(generations, count)`.
+        """
         stream = rng.key(self.seed, "more prompts", self.phase.name, step)
-        return np.resize(rng.permutation(stream, others if len(others) else self.pool), count)
+        order = rng.permutation(stream, self.pool)
+        generations, own = drawn.shape
+        starts = count * np.arange(generations)
+        # Of so many prompts, `count` at least are not its own.
+        candidates = order[(starts[:, np.newaxis] + np.arange(count + own)) % len(order)]
+        found = np.empty((generations, count), dtype=np.int64)
+        for generation, rows in enumerate(candidates):
+            others = rows[~np.isin(rows, drawn[generation])]
+            found[generation] = np.resize(others if len(others) else rows, count)
+        return found
 
     def observe(self, outcomes: Outcomes) -> np.ndarray | None:
         """Do nothing: the order is fixed."""
