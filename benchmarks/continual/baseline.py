@@ -4,14 +4,14 @@
     python benchmarks/continual/baseline.py --report   # the table, from the finished cells
 
 Lines: the order is adaptive or shuffled, and the baseline is the group, the belief, or a tracker for each prompt (a
-belief without features). In adaptive order the belief is also run with other thresholds and ways of pruning. Cells are
-run by the quick driver (`continual.quick`) as in `group_size.py`, with the same rollouts a step and the same prices.
+belief without features), with a threshold and a way of pruning. Cells are run by the quick driver (`continual.quick`)
+as in `group_size.py`, with the same rollouts a step and the same prices.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
@@ -28,29 +28,48 @@ from trl_learnalign.config import LearnAlignConfig
 
 RESULTS = RESULTS_FOLDER / "baseline_tuning.parquet"
 
-ADAPTIVE, SHUFFLED = {}, {"adaptive_exploration": 1.0}
-LINES = {
-    f"{order}, {name}": replace(
-        Line(LearnAlignConfig.adaptive(**given, baseline=baseline), rollouts=2), features=features
-    )
-    for (order, given), (name, baseline, features) in product(
-        {"adaptive": ADAPTIVE, "shuffled": SHUFFLED}.items(),
-        (("group", "group", True), ("belief", "belief", True), ("tracker", "belief", False)),
-    )
-}
+ORDERS = {"adaptive": {}, "shuffled": {"adaptive_exploration": 1.0}}
 PRUNED = {
-    f"adaptive, belief, {pruning} {threshold:g}": Line(
-        LearnAlignConfig.adaptive(
-            baseline="belief", baseline_pruning=pruning, baseline_threshold=threshold
-        ),
-        rollouts=2,
-    )
-    for pruning, thresholds in {"drop": (0.0, 0.6, 0.9, 1.2), "roulette": (0.3, 0.6)}.items()
-    for threshold in thresholds
+    "adaptive, belief": (
+        ("drop", 0.25),
+        ("drop", 0.125),
+        ("drop", 0.5),
+        ("drop", 1.0),
+        ("roulette", 0.5),
+    ),
+    "adaptive, tracker": (("drop", 0.25),),
+    "shuffled, belief": (("drop", 0.25),),
+    "shuffled, tracker": (("drop", 0.25),),
 }
-"""The defaults are to drop what is below 0.3."""
-LINES |= PRUNED
+"""Ways of pruning and the shares that are kept."""
+
+LINES = {
+    f"{order}, group": Line(LearnAlignConfig.adaptive(**given), rollouts=2)
+    for order, given in ORDERS.items()
+}
+for name, ways in PRUNED.items():
+    order, _, kind = name.partition(", ")
+    for pruning, share in ways:
+        config = LearnAlignConfig.adaptive(
+            **ORDERS[order], baseline="belief", baseline_pruning=pruning, baseline_share=share
+        )
+        LINES[f"{name}, {pruning} {share:g}"] = Line(config, kind == "belief", rollouts=2)
+CHOSEN = "adaptive, belief, drop 0.25"
 REGIMES = ("longtail", "balanced")
+LAST = "sparse"
+"""A regime for the line that was best elsewhere."""
+
+
+def cells() -> Iterator[Cell]:
+    """All cells: the first seed, the last regime, the second seed of the lines with the best share."""
+    first, second = TUNING_SEEDS[:2]
+    for regime, name in product(REGIMES, LINES):
+        yield Cell(regime, name, first)
+    for seed, name in product((first, second), (CHOSEN, "adaptive, group")):
+        yield Cell(LAST, name, seed)
+    for regime, name in product(REGIMES, LINES):
+        if name.endswith(("group", "drop 0.25")):
+            yield Cell(regime, name, second)
 
 
 def summary(table: pd.DataFrame) -> str:
@@ -73,14 +92,9 @@ def main() -> None:
     if given.report:
         print(summary(rows.frame()))
         return
-    pending = {
-        Cell(regime, name, seed): LINES[name]
-        for order, seed, regime, name in product(
-            ("adaptive", "shuffled"), TUNING_SEEDS[:2], REGIMES, LINES
-        )
-        if name.startswith(order) and (name not in PRUNED or seed == TUNING_SEEDS[0])
-    }
-    run_all(pending, rows, QUICK, "dev", given.workers, PRICES)
+    run_all(
+        {cell: LINES[cell.selector] for cell in cells()}, rows, QUICK, "dev", given.workers, PRICES
+    )
 
 
 if __name__ == "__main__":

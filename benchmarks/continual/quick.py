@@ -176,7 +176,7 @@ class Run:
             weights=np.ones(1),
             scaled=True,
             scaled_each=False,
-            threshold=config.baseline_threshold,
+            share=config.baseline_share,
             roulette=config.baseline_pruning == "roulette",
         )
         rewards, prior = rollouts.rewards.numpy(), belief.posterior(rollouts.rows, number)

@@ -85,7 +85,7 @@ BAD = [
         dict(baseline="belief", order="adaptive", max_generation_batches=2),
         "oversample=1 and max_generation_batches=2.*set both to 1",
     ),
-    (dict(baseline_threshold=2), "baseline_threshold=2: give a share from 0 to 1"),
+    (dict(baseline_share=0), "baseline_share=0: give a number above 0 and at most 1"),
     (dict(baseline_pruning="some"), "baseline_pruning='some'.*'drop', 'roulette'"),
     (dict(compute_budget=0), "compute_budget=0"),
     (dict(generation_price=0), "generation_price=0: give a number of at least 0.01"),

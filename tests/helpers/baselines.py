@@ -58,9 +58,9 @@ def advantages(
     threshold: float = 0.5,
     scaled: bool = True,
     scaled_each: bool = False,
-    least: float = 0.3,
+    share: float = 0.25,
 ) -> list[list[float]]:
-    """Of each rollout, small ones dropped: `least` is a multiple of their root mean square.
+    """Of each rollout, small ones dropped: `share` of those that could be judged keep theirs.
 
     Args:
         rewards (sequences of `float`): Prompt by prompt, rollout by rollout, function by function; NaN where there is
@@ -71,7 +71,7 @@ def advantages(
         threshold (`float`): Above it a rollout is right.
         scaled, scaled_each (`bool`): Whether sums, and whether the functions' parts, are divided by their root mean
             square.
-        least (`float`): Where pruning begins.
+        share (`float`): Of 10 rollouts and a share of 0.25, 3 keep their advantages, and those that equal the third.
     """
     parts = differences(rewards, success, right, wrong, threshold)
     sizes = [1.0] * len(weights)
@@ -98,7 +98,9 @@ def advantages(
     ]
     size = rms(judged)
     unit = size if scaled or scaled_each else 1.0
+    ranked = sorted((abs(value) for value in judged), reverse=True)
+    smallest = ranked[max(1, math.ceil(share * len(ranked) - 1e-9)) - 1] if ranked else 0.0
     return [
-        [0.0 if abs(value) < least * size else value / (unit or 1.0) for value in values]
+        [0.0 if abs(value) < smallest - 1e-9 else value / (unit or 1.0) for value in values]
         for values in sums
     ]

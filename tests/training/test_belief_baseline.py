@@ -1,5 +1,7 @@
 """The belief as baseline inside the trainer: what its loss sees, against a stock trainer that is given the same."""
 
+import math
+
 import baselines
 import numpy as np
 import pandas as pd
@@ -18,11 +20,10 @@ from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.adaptive.belief import Belief
 from trl_learnalign.records.store import StoreError
 
-LEAST = 0.6
-"""Few rollouts of a generation are smaller than the default."""
+SHARE = 0.5
 BELIEF = dict(
     baseline="belief",
-    baseline_threshold=LEAST,
+    baseline_share=SHARE,
     adaptive_embeddings="sampling_cases:embeddings",
     stage_steps=4,
 )
@@ -79,7 +80,7 @@ def rewards_of(rows, rollouts, functions):
     ]
 
 
-def expected_advantages(trainer, callback, functions, least=LEAST):
+def expected_advantages(trainer, callback, functions, share=SHARE):
     """Of each generation, by the second implementation, from the history alone."""
     found = []
     for part, belief in generations(callback):
@@ -93,7 +94,7 @@ def expected_advantages(trainer, callback, functions, least=LEAST):
             trainer.reward_weights.tolist(),
             scaled=trainer.scale_rewards != "none",
             scaled_each=each,
-            least=least,
+            share=share,
         )
         found.append(torch.tensor(values).flatten())
     return found
@@ -163,7 +164,7 @@ def test_the_loss_sees_the_advantages_of_plain_loops(tmp_path, monkeypatch, name
 
 
 SEVERAL = dict(steps_per_generation=2, num_iterations=2)
-ROULETTE = dict(baseline_pruning="roulette", baseline_threshold=0.8, stage_steps=8)
+ROULETTE = dict(baseline_pruning="roulette", baseline_share=0.4, stage_steps=8)
 
 
 def test_an_interrupted_run_goes_on_bit_by_bit(tmp_path):
@@ -181,13 +182,16 @@ def test_an_interrupted_run_goes_on_bit_by_bit(tmp_path):
 def test_roulette_is_another_draw_in_each_generation_and_keeps_the_large_ones(tmp_path):
     config = settings(**{**BELIEF, **ROULETTE, "stage_steps": 6})
     made, whole = seen_advantages(tmp_path, config)
-    kept = [(x != 0) & (y.abs() < 0.8) for x, y in zip(made, whole, strict=True)]
-    for x, y, small in zip(made, whole, kept, strict=True):
-        large = y.abs() >= 0.8
-        torch.testing.assert_close(x[large], y[large], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(x[small].abs(), torch.full_like(x[small], 0.8))
-    pruned = sum(int((y.abs() < 0.8).sum()) for y in whole)
-    assert 0 < sum(int(small.sum()) for small in kept) < pruned
+    pruned = raised = 0
+    for x, y in zip(made, whole, strict=True):
+        least = y.abs().sort(descending=True).values[math.ceil(0.4 * len(y)) - 1]
+        is_large = y.abs() > least - 1e-6
+        is_raised = (x != 0) & ~is_large
+        torch.testing.assert_close(x[is_large], y[is_large], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(x[is_raised].abs(), least.expand(int(is_raised.sum())))
+        pruned += int((~is_large & (y != 0)).sum())
+        raised += int(is_raised.sum())
+    assert 0 < raised < pruned
 
 
 def seen_advantages(folder, config):
@@ -200,7 +204,7 @@ def seen_advantages(folder, config):
     trainer.add_callback(keep)
     trainer.train()
     functions = [sampling_cases.right_reward]
-    return table, expected_advantages(trainer, callback, functions, least=0.0)
+    return table, expected_advantages(trainer, callback, functions, share=1.0)
 
 
 def test_the_log_says_what_belief_and_group_explain(tmp_path):
@@ -235,5 +239,5 @@ def test_a_trainer_that_composes_generations_itself_is_refused(tmp_path, monkeyp
 
 def test_another_baseline_in_the_same_folder_is_another_run(tmp_path):
     ours(tmp_path, settings(**{**BELIEF, "stage_steps": 1}))
-    with pytest.raises(StoreError, match=r"baseline_threshold was 0\.6 and is 0\.5"):
-        ours(tmp_path, settings(**{**BELIEF, "stage_steps": 1, "baseline_threshold": 0.5}))
+    with pytest.raises(StoreError, match=r"baseline_share was 0\.5 and is 0\.4"):
+        ours(tmp_path, settings(**{**BELIEF, "stage_steps": 1, "baseline_share": 0.4}))

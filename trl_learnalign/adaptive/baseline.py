@@ -16,12 +16,16 @@ Axes: `P` prompts, `G` rollouts of each, `F` reward functions.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from trl_learnalign import rng
 from trl_learnalign.adaptive.belief import Posterior
+
+EQUAL = 1e-9
+"""Relative difference that is rounding: advantages that are equal but for that are kept or pruned together."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,18 @@ class BeliefBaseline:
         scaled (`bool`): Divide advantages by their root mean square over the generation.
         scaled_each (`bool`): Divide the advantages of each reward function by their own root mean square before they
             are summed.
-        threshold (`float`): Advantages smaller than this multiple of their root mean square are pruned.
+        share (`float`): Share of the rollouts that keep their advantages, those with the largest ones; above 0, at
+            most 1. The others are pruned.
         scale (`float`): Reward of a right rollout minus that of a wrong one: the width of a graded reward's range.
-        roulette (`bool`): Prune without bias: an advantage of a fraction q of the threshold is raised to the threshold
-            with probability q, and otherwise set to 0. `False` sets all small ones to 0.
+        roulette (`bool`): Prune without bias: an advantage of a fraction q of the smallest one that is kept is raised
+            to that one with probability q, and otherwise set to 0. `False` sets all of them to 0.
     """
 
     success: int
     weights: np.ndarray
     scaled: bool
     scaled_each: bool
-    threshold: float
+    share: float
     roulette: bool
     scale: float = 1.0
 
@@ -69,8 +74,8 @@ class BeliefBaseline:
         values = np.nansum(parts * self.weights, axis=2)
         size = _root_mean_square(values[judged])
         if size > 0 and self.scaled:
-            values, size = values / size, 1.0
-        return self._pruned(values, self.threshold * size, stream)
+            values = values / size
+        return self._pruned(values, judged, stream) if judged.any() else values
 
     def explained(
         self, rewards: np.ndarray, successes: np.ndarray, prior: Posterior
@@ -107,9 +112,11 @@ class BeliefBaseline:
         parts[..., self.success] = expected + beyond_others(rest)
         return parts
 
-    def _pruned(self, values: np.ndarray, threshold: float, stream: int) -> np.ndarray:
+    def _pruned(self, values: np.ndarray, judged: np.ndarray, stream: int) -> np.ndarray:
         sizes = np.abs(values)
-        is_small = sizes < threshold
+        kept = math.ceil(self.share * judged.sum() - EQUAL)
+        threshold = np.sort(sizes[judged])[-kept]
+        is_small = sizes < threshold * (1 - EQUAL)
         if not self.roulette:
             return np.where(is_small, 0.0, values)
         bits = rng.random_bits(stream, np.arange(values.size)).reshape(values.shape)

@@ -350,15 +350,16 @@ class LearnAlignConfig(Settings):
         "gradient. Needs order='adaptive', and no dynamic sampling. Where TRL would divide by a standard deviation, "
         "advantages are divided by their root mean square over the generation (docs/continual.md).",
     )
-    baseline_threshold: Annotated[float, share] = setting(
-        0.3,
-        "With baseline='belief', prune advantages smaller than this multiple of their root mean square over the "
-        "generation, so that skip_zero_advantages can leave them out. 0: none.",
+    baseline_share: Annotated[float, decay] = setting(
+        0.25,
+        "With baseline='belief', share of a generation's rollouts that keep their advantages, those with the largest "
+        "ones: the most surprising rollouts. The others are pruned, so that skip_zero_advantages can leave them out. "
+        "1: none is pruned.",
     )
     baseline_pruning: Literal["drop", "roulette"] = setting(
         "drop",
-        "How they are pruned: 'drop' sets them to 0. 'roulette' raises an advantage of a fraction q of the threshold "
-        "to the threshold with probability q and sets it to 0 otherwise: no bias, more noise.",
+        "How the others are pruned: 'drop' sets them to 0. 'roulette' raises an advantage of a fraction q of the "
+        "smallest one that is kept to that one with probability q and sets it to 0 otherwise: no bias, more noise.",
     )
 
     # ---- Constants of the adaptive order ----------------------------------------------------------------------------

@@ -316,7 +316,7 @@ class BeliefAdvantages:
             weights=trainer.reward_weights.double().cpu().numpy(),
             scaled=scaled_each or trainer.scale_rewards != "none",
             scaled_each=scaled_each,
-            threshold=config.baseline_threshold,
+            share=config.baseline_share,
             roulette=config.baseline_pruning == "roulette",
             scale=self.success.width,
         )

@@ -318,7 +318,7 @@ ADAPTIVE = tuple(
 BUDGET = ("rollout_budget", "budget_rounds", "budget_exponent")
 """Settings that are compared with a rollout budget, in addition to those of its belief."""
 
-BASELINE = ("baseline", "baseline_threshold", "baseline_pruning")
+BASELINE = ("baseline", "baseline_share", "baseline_pruning")
 """Settings that are compared where the belief is the baseline."""
 
 BELIEF = (
