@@ -114,7 +114,7 @@ class BeliefBaseline:
 
     def _pruned(self, values: np.ndarray, judged: np.ndarray, stream: int) -> np.ndarray:
         sizes = np.abs(values)
-        kept = math.ceil(self.share * judged.sum() - EQUAL)
+        kept = max(1, math.ceil(self.share * judged.sum() - EQUAL))
         threshold = np.sort(sizes[judged])[-kept]
         is_small = sizes < threshold * (1 - EQUAL)
         if not self.roulette:
