@@ -4,8 +4,8 @@
     python benchmarks/continual/baseline.py --report   # the table, from the finished cells
 
 Lines: the order is adaptive or shuffled, and the baseline is the group, the belief, or a tracker for each prompt (a
-belief without features), with a threshold and a way of pruning. Cells are run by the quick driver (`continual.quick`)
-as in `group_size.py`, with the same rollouts a step and the same prices.
+belief without features), with the share of the rollouts that is kept and a way of pruning. Cells are run by the quick
+driver (`continual.quick`) as in `group_size.py`, with the same rollouts a step and the same prices.
 """
 
 from __future__ import annotations

@@ -97,8 +97,8 @@ def test_dynamic_sampling_rolls_out_more_of_the_whole_pool(tmp_path, prompts):
     assert all(len(set(rows.tolist())) == 8 for rows in generations)
 
 
-def test_cheap_prompts_are_trained_on_more_if_the_gain_is_divided_by_the_cost(tmp_path, caplog):
-    """All prompts are equally hard; every other one has completions of six tokens instead of one."""
+def test_cheap_prompts_are_trained_on_more_if_the_gain_is_divided_by_the_cost(tmp_path):
+    """All prompts are equally hard; every other one has completions of sixteen letters instead of one."""
 
     def roll_out(prompts, trainer):
         made = sampling_cases.roll_out(prompts, trainer)

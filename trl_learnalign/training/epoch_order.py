@@ -155,6 +155,8 @@ class EpochOrder:
         pool, count = self.run.pool_of(phase), generations * self.geometry.prompts_per_generation
         sampler = ShuffledSampler(self.run.plan, phase, pool, self.config.selection_seed)
         prompts = sampler.draw(step, count)
+        if not self.config.samples_dynamically:
+            return prompts, np.empty(0, dtype=np.int64)
         batches = self.config.max_generation_batches + math.ceil(self.config.oversample)
         by_generation = prompts.reshape(generations, -1)
         return prompts, sampler.spare(step, by_generation, batches * by_generation.shape[1])
