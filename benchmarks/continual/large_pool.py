@@ -30,12 +30,10 @@ from continual.by_need import in_words, measures
 from continual.cells import Curve, Line
 from continual.group_size import PRICES, named
 from continual.loop import Policy
-from continual.quick import STAGE, QuickDriver, Run
+from continual.quick import QuickDriver, Run
 from continual.table import LINES, Cell, Rows, run_all, tuning_arguments
 from trl_learnalign import rng
-from trl_learnalign.adaptive.belief import Belief, fit_projection
-from trl_learnalign.adaptive.order import AdaptiveOrder
-from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.adaptive.belief import fit_projection
 
 RESULTS = RESULTS_FOLDER / "large_pool.parquet"
 DRIVER = "continual.large_pool:LargePoolDriver"
@@ -87,22 +85,18 @@ class ReadingRun(Run):
         self.model, self.is_read = model, np.zeros(settings.pool, dtype=bool)
         super().__init__(settings, *given)
 
-    def _chooser(self, adaptive: LearnAlignConfig) -> tuple[Belief, AdaptiveOrder]:
-        if not self.line.features:
-            return super()._chooser(adaptive)
+    def _features(self, dimensions: int) -> np.ndarray:
         self.reader = Policy(self.model, 0.0, self.seed)
         first = self.everything
         if self.line.reads == "lazy":
             first = rng.permutation(rng.key(self.seed, "projection"), first)[:SAMPLE]
         embeddings = self._embed(first)
-        self.projection = fit_projection(embeddings, adaptive.adaptive_feature_dim)
+        self.projection = fit_projection(embeddings, dimensions)
         self.features = np.zeros(
             (len(self.everything), self.projection.directions.shape[1]), dtype=np.float32
         )
         self.features[first] = self.projection(embeddings)
-        count = self.settings.prompts_per_step
-        order = AdaptiveOrder(self.everything, count, adaptive, self.seed, STAGE)
-        return Belief(self.features, adaptive), order
+        return self.features
 
     def step(self, number: int) -> None:
         """Read what may be drawn, roll out and train."""

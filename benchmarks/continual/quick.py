@@ -126,12 +126,14 @@ class Run:
     def _chooser(self, adaptive: LearnAlignConfig) -> tuple[Belief, AdaptiveOrder]:
         features = np.empty((len(self.everything), 0))
         if self.line.features:
-            features = prompt_features(
-                self.policy.embed(self.problems.prompts).numpy(), adaptive.adaptive_feature_dim
-            )
+            features = self._features(adaptive.adaptive_feature_dim)
         count = math.ceil(self.line.oversampling * self.settings.prompts_per_step)
         order = AdaptiveOrder(self.everything, count, adaptive, self.seed, STAGE)
         return Belief(features, adaptive), order
+
+    def _features(self, dimensions: int) -> np.ndarray:
+        """Features of the pool, `(n, D)`."""
+        return prompt_features(self.policy.embed(self.problems.prompts).numpy(), dimensions)
 
     def step(self, number: int) -> None:
         """Roll out and train."""
