@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow.parquet as pq
 from selection.cells import RESULTS_FOLDER, Settings
 
@@ -245,8 +244,3 @@ def compute_to_reach(
         share = (wanted - before) / (value - before)
         return float(compute[place - 1] + share * (compute[place] - compute[place - 1]))
     return None
-
-
-def groups_with_gradient(right: np.ndarray, rollouts: int) -> np.ndarray:
-    """Which groups have right and wrong rollouts, `(P,)` booleans."""
-    return (right > 0) & (right < rollouts)

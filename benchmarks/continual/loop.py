@@ -115,7 +115,7 @@ class Rollouts:
         prompt_mask (`torch.Tensor`): `(P, L)`.
         tokens (`torch.Tensor`): `(P, G, T)`, padded on the right.
         mask (`torch.Tensor`): `(P, G, T)`: the end token counts.
-        rewards (`torch.Tensor`): `(P, G)`, 0 or 1.
+        rewards (`torch.Tensor`): `(P, G)`, 0 or 1, or in between if they are graded.
     """
 
     rows: np.ndarray
@@ -129,6 +129,11 @@ class Rollouts:
     def right(self) -> np.ndarray:
         """Right rollouts of each prompt, `(P,)`."""
         return self.rewards.sum(dim=1).numpy().astype(np.int64)
+
+    @property
+    def mixed(self) -> np.ndarray:
+        """Whether the rewards of a group differ, `(P,)` booleans."""
+        return (self.rewards != self.rewards[:, :1]).any(dim=1).numpy()
 
     @property
     def generated(self) -> np.ndarray:
@@ -224,9 +229,7 @@ class Policy:
         completions, there = self._complete(tokens, mask, group, number)
         texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
         wanted = [answer for answer in answers for _ in range(group)]
-        rewards = [
-            float(text.strip() == answer) for text, answer in zip(texts, wanted, strict=True)
-        ]
+        rewards = [self.reward(text, answer) for text, answer in zip(texts, wanted, strict=True)]
         shape = len(prompts), group
         return Rollouts(
             np.asarray(rows),
@@ -236,6 +239,10 @@ class Policy:
             there.unflatten(0, shape),
             torch.tensor(rewards).unflatten(0, shape),
         )
+
+    def reward(self, text: str, answer: str) -> float:
+        """1 for the right answer and 0 for any other."""
+        return float(text.strip() == answer)
 
     def _complete(
         self, tokens: torch.Tensor, mask: torch.Tensor, group: int, number: int | None
@@ -310,7 +317,7 @@ class Policy:
         return -(ratio * weights).sum() / rollouts.mask.sum()
 
     def accuracy(self, prompts: list[list[int]], answers: list[str]) -> float:
-        """Share of greedy answers that are right."""
+        """Mean reward of the greedy answers: the share of right ones."""
         rollouts = self.roll_out(np.arange(len(prompts)), prompts, answers, 1, None)
         return float(rollouts.rewards.mean())
 

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from selection.cells import PUBLISHED_BASE, Settings, tasks
 
-from continual.cells import Curve, Line, Spent, groups_with_gradient
+from continual.cells import Curve, Line, Spent
 from continual.loop import Policy, Rollouts, group_advantages
 from trl_learnalign import plan, rng
 from trl_learnalign.adaptive import Outcomes
@@ -22,6 +22,7 @@ from trl_learnalign.adaptive.baseline import BeliefBaseline
 from trl_learnalign.adaptive.belief import Belief, area_under_curve, brier_score, prompt_features
 from trl_learnalign.adaptive.order import AdaptiveOrder, expected_gain
 from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.success import SuccessRule
 
 STAGE = "stage_1"
 
@@ -47,6 +48,8 @@ class QuickDriver:
         model (`Path`, *optional*): The base model; default: the published one.
     """
 
+    policy: type[Policy] = Policy
+
     def __init__(self, settings: Settings, model: Path = PUBLISHED_BASE):
         self.settings = settings
         self.model = model
@@ -65,7 +68,7 @@ class QuickDriver:
             )
         started = time.process_time()
         settings = line.applied(self.settings)
-        policy = Policy(self.model, settings.learning_rate, seed)
+        policy = self.policy(self.model, settings.learning_rate, seed)
         run = self.begun(settings, policy, regime, seed, line)
         held_out = Problems(policy, tasks(regime, settings.held_out, 0, split))
         curve = Curve(budgets)
@@ -156,16 +159,31 @@ class Run:
         belief, order = self.chooser
         rollouts = self._roll_out(order.draw(belief, number), number)
         advantages = self._against(belief, order.config, rollouts, number)
-        right, wrong = rollouts.right, self.settings.rollouts - rollouts.right
-        lengths = np.stack([rollouts.read, rollouts.generated], axis=1) / self.settings.rollouts
-        outcomes = Outcomes.at(number, rollouts.rows, right, wrong, tokens=lengths)
+        outcomes = self._outcomes(rollouts, order.config, number)
         before = belief.record(outcomes, number)
         self.predicted.append(before.success_rate)
-        self.seen.append(right[np.argsort(rollouts.rows)])
-        if len(right) == wanted:
+        self.seen.append(outcomes.right[np.argsort(rollouts.rows)])
+        if len(outcomes) == wanted:
             return rollouts, advantages
-        places = most_worthwhile(right, wrong, wanted, order.config.adaptive_gain_exponent)
+        places = most_worthwhile(
+            outcomes.right, outcomes.wrong, wanted, order.config.adaptive_gain_exponent
+        )
         return rollouts.select(places), None if advantages is None else advantages[places]
+
+    def _outcomes(self, rollouts: Rollouts, config: LearnAlignConfig, number: int) -> Outcomes:
+        """What the belief sees: right or wrong, or fractions with `success_range`."""
+        bounds = None if config.success_range is None else (0.0, 1.0)
+        rule = SuccessRule(0, "reward", config.success_threshold, bounds)
+        found = rule.of_its_rewards(rollouts.rewards).numpy()
+        right = found.sum(axis=1)
+        return Outcomes.at(
+            number,
+            rollouts.rows,
+            right,
+            self.settings.rollouts - right,
+            partial=(found * (1 - found)).sum(axis=1),
+            tokens=np.stack([rollouts.read, rollouts.generated], axis=1) / self.settings.rollouts,
+        )
 
     def _against(
         self, belief: Belief, config: LearnAlignConfig, rollouts: Rollouts, number: int
@@ -191,7 +209,7 @@ class Run:
         wanted, parts, count = self.settings.prompts_per_step, [], 0
         for batch in range(self.line.batches):
             rollouts = self._roll_out(self._next_of_pool(), number * self.line.batches + batch)
-            useful = np.flatnonzero(groups_with_gradient(rollouts.right, self.settings.rollouts))
+            useful = np.flatnonzero(rollouts.mixed)
             parts.append(rollouts.select(useful[: wanted - count]))
             count += len(useful)
             if count >= wanted:
@@ -211,7 +229,7 @@ class Run:
         self.spent.generated += int(rollouts.generated.sum())
         self.spent.read += int(rollouts.read.sum())
         self.groups += len(rows)
-        self.useful += int(groups_with_gradient(rollouts.right, self.settings.rollouts).sum())
+        self.useful += int(rollouts.mixed.sum())
         return rollouts
 
     def notes(self) -> dict[str, float]:

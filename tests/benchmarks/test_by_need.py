@@ -1,4 +1,4 @@
-"""Rollouts by need, gain for cost and a large pool: how units are given out, what is paid for, and tiny runs."""
+"""Rollouts by need, gain for cost, graded rewards and a large pool: rules that benchmarks add, and tiny runs."""
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from trl_learnalign.toy.tasks import FAMILIES, REGIMES
 MODULES = (
     "continual.by_need",
     "continual.gain_for_cost",
+    "continual.graded",
     "continual.large_pool",
     "continual.pools",
     "continual.loop",
@@ -113,6 +114,34 @@ def test_runs_for_cost_know_what_they_rolled_out(bench, monkeypatch, tmp_path):
     assert curve.notes["rollouts"] != plain.notes["rollouts"]
     assert sum(curve.notes["rollouts"].values()) == 4 * 8 * curve.points[-1]["step"]
     assert set(curve.notes["rollouts"]) == {*pools.SHORT, *pools.LONG}
+
+
+@pytest.mark.parametrize(
+    ("text", "share"), [("123", 1), ("132", 1 / 3), ("12", 2 / 3), (" 123456", 0.5), ("", 0)]
+)
+def test_a_graded_reward_is_the_share_of_digits_in_place(bench, text, share):
+    assert bench["continual.graded"].digits_in_place(text, "123") == pytest.approx(share)
+
+
+def test_the_belief_sees_fractions_or_what_is_above_a_threshold(bench):
+    graded, runs = bench["continual.graded"], []
+
+    class Kept(graded.GradedDriver):
+        def begun(self, *given):
+            runs.append(super().begun(*given))
+            return runs[-1]
+
+    driver = Kept(bench["selection.cells"].Settings(**SMALL))
+    lines = [graded.COMPARED[name] for name in (graded.FRACTIONS, graded.HALF, graded.WHOLE)]
+    useful = [driver("longtail", 100, line, BUDGETS, "dev").useful for line in lines]
+    fractions, half, whole = (run.seen for run in runs)
+    assert all(useful)
+    assert (np.concatenate(fractions) % 1).any()
+    assert not (np.concatenate(half + whole) % 1).any()
+    # The first generation is the same: nothing had been seen.
+    assert (whole[0] <= fractions[0]).all()
+    assert (half[0] < whole[0]).sum() == 0
+    assert whole[0].sum() < half[0].sum()
 
 
 @pytest.mark.parametrize("way", ["first", "lazy", "given", "posterior"])
