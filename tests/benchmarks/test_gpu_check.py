@@ -38,6 +38,7 @@ def checked(folder, parts):
     return json.loads(path.read_text()), done.stdout
 
 
+@pytest.mark.slow
 def test_all_parts_but_the_quickstart(tmp_path):
     found, printed = checked(tmp_path, OTHERS)
     parts = {part["part"]: part for part in found["parts"]}

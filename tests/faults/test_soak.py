@@ -4,10 +4,12 @@ import sys
 from pathlib import Path
 
 import cases
+import pytest
 
 SCRIPT = Path(__file__).with_name("soak.py")
 
 
+@pytest.mark.slow
 def test_scoring_leaves_no_files_open_and_no_hooks(tmp_path):
     done = subprocess.run(
         [

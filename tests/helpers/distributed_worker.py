@@ -26,6 +26,12 @@ from trl_learnalign.gradients.capture import GradientCapture
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 from trl_learnalign.training.phases import StageSelection
 
+if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    import deepspeed.ops
+
+    # Its collectives in shared memory are compiled for a minute in a new environment; without them it uses gloo's.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+
 PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 
 

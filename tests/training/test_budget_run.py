@@ -286,7 +286,10 @@ class KillInShard:
 
 
 @pytest.mark.parametrize("selector", ["learnability", "learnalign_coverage"])
-@pytest.mark.parametrize("at", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize(
+    "at",
+    [pytest.param(at, marks=[pytest.mark.slow] * (at not in (1, 5))) for at in (0, 1, 2, 3, 5)],
+)
 def test_a_run_killed_in_any_round_goes_on_bit_by_bit(tmp_path, monkeypatch, selector, at):
     config = settings(selector=selector, stages=[6, 6])
     trainer, callback = go(tmp_path / "whole", config)

@@ -40,9 +40,7 @@ RESTART = {
         "weight_decay": 0.1,
     },
 }
-ONE_FOR_EACH = {
-    **FULL_AND_LORA,
-    **COVERING,
+REST = {
     **RESTART,
     "lopsided": {"reward": "lopsided", "settings": {"stages": [4]}},
     "history": {
@@ -51,7 +49,7 @@ ONE_FOR_EACH = {
         "num_iterations": 2,
     },
 }
-# What the gate runs; `make test-distributed` runs all.
+# What the gate runs, of backends and scenarios; `make test-distributed` runs all.
 GATED = [b if b in ("ddp", "zero3_partitioned") else pytest.param(b, marks=slow) for b in BACKENDS]
 
 
@@ -82,14 +80,19 @@ def coverage(folder, name):
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """Folder and results of a backend: one launch runs all its scenarios, as starting takes longer than they do."""
+def launched(request, tmp_path_factory):
+    """Folder and results of a backend: one launch runs all scenarios that the selected tests look at, as starting
+    takes longer than they do.
+    """
+    own = [item for item in request.session.items if item.module is request.module]
+    needs_rest = any(item.get_closest_marker("slow") for item in own)
+    wanted = {**FULL_AND_LORA, **COVERING, **(REST if needs_rest else {})}
 
     @functools.cache
     def run(backend):
         folder = tmp_path_factory.mktemp(backend)
         scenarios = {
-            name: {**options, "fsdp": backend == "fsdp2"} for name, options in ONE_FOR_EACH.items()
+            name: {**options, "fsdp": backend == "fsdp2"} for name, options in wanted.items()
         }
         return folder, launch(backend, folder, scenarios)
 

@@ -115,7 +115,9 @@ def test_right_and_wrong_rewards_with_their_range_change_no_bit(tmp_path, option
 STAGES = dict(stages=[0.5, 0.5], warmup_samples=4, selector="learnability")
 
 
-@pytest.mark.parametrize("options", [{}, {"max_generation_batches": 3}, STAGES])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"max_generation_batches": 3}, marks=pytest.mark.slow), STAGES]
+)
 def test_a_killed_run_goes_on_bit_by_bit(tmp_path, options):
     config = settings(**GRADED, **options)
     trainer, callback = go(tmp_path / "whole", config, rewards=graded_reward)

@@ -157,7 +157,14 @@ def test_no_outcome_leaves_what_it_would_tell_unknown():
     assert (note.auc, note.brier, note.seen) == (None, 0.75**2, 1.0)
 
 
-@pytest.mark.parametrize("options", [{}, {"oversample": 1.5}, {"max_generation_batches": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"oversample": 1.5}, marks=pytest.mark.slow),
+        {"max_generation_batches": 3},
+    ],
+)
 def test_a_run_that_was_killed_notes_what_one_that_was_not_does(tmp_path, options):
     config = settings(stages=[0.5, 0.5], warmup_samples=4, selector="learnability", **options)
     _, callback = go(tmp_path / "whole", config)
