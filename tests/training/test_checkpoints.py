@@ -349,6 +349,25 @@ def test_a_lock_of_another_machine_is_watched(tmp_path, monkeypatch, caplog):
     assert "on elsewhere: waiting at most" in caplog.text
 
 
+def test_a_lock_that_a_killed_run_left_empty_is_taken_over(tmp_path):
+    (tmp_path / "run.lock").touch()  # created, and not written yet
+    with run_lock(tmp_path):
+        assert f"pid={os.getpid()}" in (tmp_path / "run.lock").read_text()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_marks_an_empty_lock_does_no_harm_to_an_owner_that_writes_meanwhile(tmp_path):
+    path = tmp_path / "run.lock"
+    path.touch()
+    with path.open("r+") as owner:
+        lock._fill_if_empty(path)
+        owner.write("pid=1\nhost=here\n")
+    lock._fill_if_empty(path)
+    assert path.read_text() == "pid=1\nhost=here\n"
+    lock._fill_if_empty(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
 def test_a_lock_that_its_owner_keeps_touching_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "LEASE", 1.0)
     with run_lock(tmp_path):  # touched every third of a lease

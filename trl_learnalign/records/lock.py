@@ -65,6 +65,7 @@ def _acquire(lease: SoftFileLease, path: Path) -> None:
             "active.",
             *(path, process, host, PATIENCE * LEASE),
         )
+        _fill_if_empty(path)
         try:
             lease.acquire(timeout=PATIENCE * LEASE)
             return
@@ -74,6 +75,22 @@ def _acquire(lease: SoftFileLease, path: Path) -> None:
         f"Another run is using {path.parent}: process {process} on {host}. Wait until it ends, or give this run "
         f"another output_dir (or record_dir). If that run is dead, delete {path}."
     )
+
+
+def _fill_if_empty(path: Path) -> None:
+    """Turn an empty lock file, left by a run that was killed before it wrote its name, into one that is taken over.
+
+    filelock keeps an empty file for ever, and takes over one that names no owner after two seconds. A line break
+    does no harm to an owner that writes at the same moment: it is overwritten, or stands behind its entries.
+    """
+    with contextlib.suppress(OSError):
+        if path.stat().st_size == 0:
+            # Not created if its owner has just deleted it.
+            file = os.open(path, os.O_WRONLY | os.O_APPEND)
+            try:
+                os.write(file, b"\n")
+            finally:
+                os.close(file)
 
 
 def _owner(path: Path) -> tuple[str, str]:
