@@ -224,7 +224,10 @@ def test_a_continued_run_keeps_what_was_noted_before_the_step(tmp_path):
     record = RunRecord.begin(tmp_path, True, header, contents.identity, "first")
     for phase, note in NOTES:
         record.note(phase, note)
-    again = RunRecord.resume(tmp_path, True, header, contents.identity, record.contents, 2)
+    under_way = {phase.name for phase in contents.plan.phases if phase.end > 2}
+    again = RunRecord.resume(
+        tmp_path, True, header, contents.identity, record.contents, 2, under_way
+    )
     assert again.contents.run == "first"
     assert {phase: list(kept) for phase, kept in again.contents.phases.items()} == {
         "stage_1": ["selection"],
@@ -261,7 +264,7 @@ def test_what_a_later_version_adds_is_named_and_kept(tmp_path, caplog):
     )
     assert through_a_file(run.contents.to_json()) == written
     header = Header(plan=run.contents.plan, config={}, trainer=trainer_entry())
-    RunRecord.resume(tmp_path, True, header, run.contents.identity, run.contents, 3)
+    RunRecord.resume(tmp_path, True, header, run.contents.identity, run.contents, 3, ())
     again = json.loads((tmp_path / "run.json").read_text())
     assert again["continual"] == {"pools": 3}
     assert again["phases"] == written["phases"]

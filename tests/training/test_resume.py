@@ -41,16 +41,16 @@ def outcome(folder, trainer, callback):
         pd.read_parquet(folder / "_learnalign" / f"{phase.name}.parquet")
         for phase in callback.plan.stages
     ]
-    metrics = json.loads((folder / "_learnalign" / "run.json").read_text())["phases"]
+    record = json.loads((folder / "_learnalign" / "run.json").read_text())
     rates = [
         entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry
     ]
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    notes = {name: note["metrics"] for name, note in metrics.items()}
+    notes = {name: note["metrics"] for name, note in record["phases"].items()}
     return (
         weights,
         tables,
-        (rates, norms, notes, cases.pools_of(callback)),
+        (rates, norms, notes, record["plan"], cases.pools_of(callback)),
     )
 
 

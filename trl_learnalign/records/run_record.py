@@ -31,7 +31,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -222,14 +222,14 @@ class RunContents(Header):
                 ledger.charge(phase, note.account, note.charge)
         return ledger
 
-    def until(self, step: int, plan: Plan) -> dict[str, dict[str, Note]]:
+    def until(self, step: int, under_way: Collection[str]) -> dict[str, dict[str, Note]]:
         """Notes up to an optimizer step; a run that resumes there writes the later ones again.
 
         Args:
             step (`int`): The step.
-            plan (`Plan`): Plan of the resumed run. A longer plan has not yet ended the phase that it resumes in.
+            under_way (collection of `str`): Phases that have not ended there. A longer plan goes on with a phase whose
+                end was noted.
         """
-        under_way = {phase.name for phase in plan.phases if phase.end > step}
         phases = {}
         for phase, notes in self.phases.items():
             phases[phase] = {
@@ -497,6 +497,7 @@ class RunRecord:
         identity: Mapping[str, Any],
         before: RunContents,
         step: int,
+        under_way: Collection[str],
     ) -> RunRecord:
         """Return the record of a resumed run; `run.json` is rebuilt.
 
@@ -508,16 +509,17 @@ class RunRecord:
             before (`RunContents`): The contents stored in the checkpoint.
             step (`int`): The checkpoint's optimizer step; notes that the interrupted run wrote later will be written
                 again.
+            under_way (collection of `str`): Phases that have not ended at this step.
 
         Raises:
             `StoreError`: If the folder holds another run.
         """
         path = folder / layout.RUN
         warn_of_unknown_keys(before, path)
-        notes = before.until(step, header.plan)
+        notes = before.until(step, under_way)
         beside = _beside(path, before.run)
         if beside is not None:  # notes of this step that were written after the checkpoint
-            for phase, later in beside.until(step, header.plan).items():
+            for phase, later in beside.until(step, under_way).items():
                 notes[phase] = {**later, **notes.get(phase, {})}
         contents = replace(
             _contents_of_begun(header, identity, before.run),

@@ -281,7 +281,7 @@ def finished_run(
     state.keep_scoring_batch_prompts(scoring_batch_prompts)
     described = header(setup, setup.config, state.plan, state.scoring_batch_prompts)
     place = setup.folder, setup.ranks.is_main
-    record = RunRecord.resume(*place, described, identity.entries, before, step)
+    record = RunRecord.resume(*place, described, identity.entries, before, step, under_way=())
     order = EpochOrder(setup, state, _history(setup), np.empty((0, 0)))
     phases = Phases(setup, state, record, None)
     return _assembled(identity, PhaseCounters(setup, additions), phases, order, None)
@@ -362,15 +362,18 @@ def _resumed(
     """
     trainer = setup.trainer
     check_same(setup.folder, kept.record, identity.entries)
+    planned = state.plan
     found = trainer.state.stateful_callbacks[STATE_KEY]
     state.load_state_dict({name: found[name] for name in RunState.KEYS if name in found})
     counters.load_state_dict({name: part for name, part in found.items() if name not in state.KEYS})
     state.load_arrays(kept.arrays)
     restore_reference(trainer, kept.folder)
     load_generation(trainer, kept.folder, kept.mark)
-    described = header(setup, setup.config, state.plan, state.scoring_batch_prompts)
+    # The plan of the beginning: where phases have ended is in their notes.
+    described = header(setup, setup.config, planned, state.scoring_batch_prompts)
     place, step = (setup.folder, setup.ranks.is_main), trainer.state.global_step
-    return RunRecord.resume(*place, described, identity.entries, kept.record, step)
+    under_way = {phase.name for phase in state.plan.phases if phase.end > step}
+    return RunRecord.resume(*place, described, identity.entries, kept.record, step, under_way)
 
 
 def _history(setup: RunSetup) -> HistoryRecorder:
