@@ -28,7 +28,7 @@ from fault_jobs import ANEW, OWN_SCRIPT, RECIPE, REFUSED, notes, outcome
 from fault_server import Attempt, import_everything
 
 PROMISE = re.compile(
-    r"Cannot write (/\S+): the disk is full: make space, then run the same command again. "
+    r"Cannot write (/\S+): the disk is full: free some space, then run the same command again. "
     r"Everything written before is intact\."
 )
 SHARES = [0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97]
