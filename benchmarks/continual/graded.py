@@ -37,7 +37,7 @@ REGIMES = (pools.LENGTHS, "balanced", "longtail")
 FRACTIONS, HALF, WHOLE, CONTROL = "fractions", "above a half", "all right", "skip, G = 2"
 COMPARED = {
     FRACTIONS: Line(LearnAlignConfig.adaptive(success_range=[0.0, 1.0]), rollouts=2),
-    HALF: Line(LearnAlignConfig.adaptive(), rollouts=2),
+    HALF: LINES["adaptive, G = 2"],
     WHOLE: Line(LearnAlignConfig.adaptive(success_threshold=0.99), rollouts=2),
     CONTROL: LINES[CONTROL],
 }
